@@ -13,6 +13,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,12 +28,14 @@ const (
 // ClientConfig configures a Client.
 type ClientConfig struct {
 	From           *url.URL      // URL of the source; the client adds match[] parameters if the path ends in /federate
+	Replicas       []*url.URL    // URLs of further sources, which have the same series as From
 	FromClient     *http.Client  // for requests to the source; its CheckRedirect is not used, because the client has its own rules
 	To             []string      // URLs of the servers, tried in this order
 	ToClient       *http.Client  // for requests to the servers; has a timeout and must not follow redirects
 	ClusterID      string        // names this site
 	Interval       time.Duration // time between two pushes, except at start, at shutdown, and for retries and backlogs
 	ScrapeInterval time.Duration // time between two scrapes; at most Interval
+	Backfill       time.Duration // scrapes that are missing for at most this long are filled in from the query API of the source; 0 = none
 	LimitBytes     int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many; a push of a single scrape may exceed both
 	Metrics        *Metrics
 	Log            *slog.Logger
@@ -59,13 +63,15 @@ type Client struct {
 	pusher      *Pusher
 	sourceClock *SourceClockTracker
 	scrapedOK   atomic.Bool // the last scrape of the source succeeded
+	sources     *sources
+	differing   atomic.Pointer[string] // see compareReplicas; nil if replicas do not differ
+	backfiller  *backfiller            // nil until OpenSpool
 
 	// The next fields are used only by the goroutine that scrapes.
 	spoolFailing   bool         // Spool.Add returned an error for the last scrape
 	sourceFailures failureLog   // failures of the source that were logged
 	invalidSamples failureLog   // scrapes with invalid samples that were logged
 	sourceOutage   outage       // failed scrapes since the last successful scrape
-	sourceSkew     int64        // ms by which the source's clock is ahead of this machine's clock; see skewByDateOrZero
 	unmatched      unmatchedLog // flags that match no series of the source
 
 	started time.Time // when NewClient made this client
@@ -80,6 +86,7 @@ type Client struct {
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
 	scrapeSeconds                                   *Histogram
+	sourceChanges                                   *Counter
 	lastScrape, expiry, unmatchedFlags              *Gauge
 	spoolScrapes, spoolBytes, spoolAge              *Gauge
 }
@@ -97,6 +104,8 @@ func NewClient(cfg ClientConfig) *Client {
 	c := &Client{
 		cfg:            cfg,
 		started:        cfg.Now(),
+		sources:        newSources(append([]*url.URL{cfg.From}, cfg.Replicas...)),
+		sourceChanges:  m.Counter("telemeter_source_changes_total", "Changes from one value of --from to another, because a source failed or was behind."),
 		scrapes:        m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),
 		scrapeSeconds:  m.Histogram("telemeter_source_scrape_duration_seconds", "Duration of scrapes of the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastScrape:     m.Gauge("telemeter_source_last_success_timestamp_seconds", "Unix time of the last successful scrape of the source; 0 if none succeeded yet."),
@@ -113,11 +122,11 @@ func NewClient(cfg ClientConfig) *Client {
 	for _, result := range []string{"ok", "failed"} {
 		c.scrapes.Add(0, result)
 	}
-	for _, flag := range []string{matchFlag, renameFlag, anonymizeFlag} {
+	for _, flag := range []string{matchFlag, renameFlag, anonymizeFlag, elideLabelFlag} {
 		c.unmatchedFlags.Set(0, flag)
 	}
 	for _, reason := range []string{
-		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropByServer, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed, DropSpoolHeld,
+		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropByServer, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed, DropSpoolHeld, DropReplica,
 	} {
 		c.dropped.Add(0, reason)
 	}
@@ -132,6 +141,13 @@ func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
 		return err
 	}
 	c.sourceClock = NewSourceClockTracker(c.spool.LastTimeShift())
+	c.sources.resume(c.spool.Progress(), c.spool.LastTimeShift())
+	maxAge := min(c.cfg.Backfill, cfg.MaxAge)
+	if maxAge > 0 && !c.canBackfill() {
+		maxAge = 0
+		c.cfg.Log.Info("the source is not the /federate of a Prometheus, so the samples of scrapes that the client misses are not fetched later")
+	}
+	c.backfiller = newBackfiller(c, maxAge, c.spool.Progress())
 	c.cfg.Metrics.OnCollect(func() {
 		st := c.spool.Stats()
 		for state, part := range st.ByState {
@@ -154,6 +170,15 @@ func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
 	}
 	return nil
 }
+
+// canBackfill reports whether all sources are Prometheus servers, which may answer queries.
+func (c *Client) canBackfill() bool {
+	return !slices.ContainsFunc(c.sources.all, func(src *source) bool { return !IsFederate(src.url) })
+}
+
+// IsFederate reports whether a source selects series by match[] parameters, as /federate of Prometheus
+// does.
+func IsFederate(u *url.URL) bool { return strings.HasSuffix(u.Path, "/federate") }
 
 // Close closes the spool.
 func (c *Client) Close() error { return c.spool.Close() }

@@ -29,6 +29,17 @@ func (c *Client) TryServer(ctx context.Context, server string) (hostBehindMs int
 	return hostBehindMs, clockKnown, nil
 }
 
+// ExternalLabels returns the labels that the /federate of the source adds to series. It asks the query
+// API of the source. The error says why that API does not answer. got is a scrape of the source.
+func (c *Client) ExternalLabels(ctx context.Context, got *CleanedScrape) (map[string]string, error) {
+	api := c.newSourceAPI()
+	selectors, err := api.selectors()
+	if err != nil {
+		return nil, err
+	}
+	return api.externalLabels(ctx, selectors, got.SourceTime)
+}
+
 // CheckSpoolSite returns an error if the spool in dir has scrapes of another cluster ID, or if its
 // scrapes cannot be read. It reads only one scrape, because all scrapes of a spool are of one site.
 // A client may be using the spool.

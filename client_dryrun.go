@@ -12,18 +12,57 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 )
 
 // DryRun scrapes the source once. It writes the samples that would leave the site to samples, in
 // the text format. It then writes a summary for people to summary, and logs the warnings about
-// flags that match no series.
-func (c *Client) DryRun(ctx context.Context, samples, summary io.Writer) error {
+// flags that match no series. If missing is not 0, it first writes the samples that would be fetched
+// if scrapes had been missing for that time.
+func (c *Client) DryRun(ctx context.Context, missing time.Duration, samples, summary io.Writer) error {
 	got, err := c.Scrape(ctx)
 	if err != nil {
 		return fmt.Errorf("source: %w", err)
 	}
-	for i := range got.Pieces {
-		text, err := got.Pieces[i].Text()
+	fetched, interval := 0, c.cfg.ScrapeInterval.Milliseconds()
+	var failure error
+	if missing > 0 {
+		missed := scrapeProgress{Gaps: []gap{{got.SourceTime - missing.Milliseconds(), got.SourceTime - interval}}}
+		b := newBackfiller(c, missing, missed.without(gap{}))
+		b.clock = got.Pieces[0]
+		for slice, ok := b.nextSlice(); ok; slice, ok = b.nextSlice() {
+			filled, err := b.fetch(ctx, slice)
+			if err != nil && b.shorten(slice, err) {
+				continue
+			}
+			if err != nil {
+				failure = fmt.Errorf("source: fetching the samples of missing scrapes: %w", err)
+				break
+			}
+			if err := filled.scrape.writeTo(samples); err != nil {
+				return err
+			}
+			fetched += filled.scrape.Samples
+			b.removeGap(slice)
+		}
+	}
+	if err := got.writeTo(samples); err != nil {
+		return err
+	}
+	if missing > 0 && failure == nil {
+		fmt.Fprintf(summary, "dry run: %d samples of the last %s would be fetched for missing scrapes\n", fetched, FormatAge(missing))
+	}
+	if _, err := summary.Write(c.describeDryRun(got)); err != nil {
+		return fmt.Errorf("writing summary: %w", err)
+	}
+	c.LogUnmatchedFlags(got)
+	return failure
+}
+
+// writeTo writes the samples of a scrape.
+func (sr *CleanedScrape) writeTo(samples io.Writer) error {
+	for i := range sr.Pieces {
+		text, err := sr.Pieces[i].Text()
 		if err == nil {
 			_, err = samples.Write(text)
 		}
@@ -31,10 +70,6 @@ func (c *Client) DryRun(ctx context.Context, samples, summary io.Writer) error {
 			return fmt.Errorf("writing samples: %w", err)
 		}
 	}
-	if _, err := summary.Write(c.describeDryRun(got)); err != nil {
-		return fmt.Errorf("writing summary: %w", err)
-	}
-	c.LogUnmatchedFlags(got)
 	return nil
 }
 
@@ -63,6 +98,9 @@ func (c *Client) describeDryRun(got *CleanedScrape) []byte {
 	}
 	for _, old := range slices.Sorted(maps.Keys(got.Use.Renamed)) {
 		line("renamed", "%s to %s: %d series", old, c.state.Load().NewCleaner().Rename[old], got.Use.Renamed[old])
+	}
+	for _, name := range slices.Sorted(maps.Keys(got.Use.Elided)) {
+		line("removed", "label %s of %d series", name, got.Use.Elided[name])
 	}
 	values := distinctValues(got, got.Use.Anonymized)
 	for _, name := range slices.Sorted(maps.Keys(got.Use.Anonymized)) {

@@ -42,6 +42,16 @@ func sourceSection(st *ClientStatus) Section {
 		facts = append(facts, Fact{"Samples", Plain("%s, of which %s are pushed; the scrape took %s",
 			FormatCount(float64(src.Samples)), FormatCount(float64(src.Kept)), FormatSeconds(src.Seconds))})
 	}
+	if len(src.Others) > 0 {
+		facts = append(facts, Fact{"Replicas", Cell{Text: strings.Join(src.Others, " ")}})
+	}
+	if src.Missing > 0 {
+		missing := Plain("the scrapes of %s; their samples are fetched", FormatAge(time.Duration(src.Missing*float64(time.Second))))
+		if src.MissingError != "" {
+			missing = Bad("the scrapes of " + FormatAge(time.Duration(src.Missing*float64(time.Second))) + "; their samples cannot be fetched: " + src.MissingError)
+		}
+		facts = append(facts, Fact{"Missing", missing})
+	}
 	facts = append(facts, failingFact(src.FailingSince, src.Error, st.Now)...)
 	if src.OffsetSeconds != 0 {
 		facts = append(facts, Fact{"Clock", Plain("%+.1f s behind the servers", src.OffsetSeconds)})

@@ -425,12 +425,15 @@ func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 }
 
 // keepLastDeliveredPieces stores the pieces of the last of the delivered scrapes, for
-// LastDeliveredPieces. A piece that belongs to the scrape stored before is added to its pieces.
-// Pieces of one scrape have the same time At.
+// LastDeliveredPieces. A piece that belongs to the scrape stored before is added to its pieces. Pieces
+// of one scrape have the same time At. A scrape that is older than the stored one is not stored.
 func (p *Pusher) keepLastDeliveredPieces(scrapes []Scrape) {
 	pieces := p.LastDeliveredPieces()
 	for _, sc := range scrapes {
 		if len(pieces) > 0 && pieces[0].At != sc.At {
+			if pieces[0].At.Since(sc.At) > 0 {
+				continue
+			}
 			pieces = nil
 		}
 		pieces = append(pieces[:len(pieces):len(pieces)], sc)

@@ -33,6 +33,12 @@ func (c *Client) Run(ctx context.Context) error {
 	due := make(chan struct{}, 1) // a value is sent when a push is due and its newest scrape is in the spool
 	var wg sync.WaitGroup
 	wg.Go(func() { c.scrapeLoop(ctx, due) })
+	if len(c.sources.all) > 1 && c.canBackfill() {
+		wg.Go(func() { c.compareReplicas(ctx) })
+	}
+	if c.backfiller.maxAge > 0 {
+		wg.Go(func() { c.backfiller.run(ctx) })
+	}
 	c.deliverLoop(ctx, due)
 	wg.Wait()
 	if c.spool.Stats().InMemory > 0 {
@@ -70,7 +76,7 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	var warned, nextPush time.Time
 	wait := rand.N(firstJitter)
 	for {
-		if _, ok := Sleep(ctx, wait, nil); !ok {
+		if !c.spoolSlicesFor(ctx, wait) {
 			return
 		}
 		begin := c.cfg.Now()
@@ -85,10 +91,7 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 		if c.scrapeAndSpool(ctx) == nil {
 			var starts bool
 			if starts, nextPush = c.scrapeStartsPush(begin, nextPush); starts {
-				select {
-				case pushDue <- struct{}{}:
-				default:
-				}
+				notify(pushDue)
 			}
 		}
 		next := begin.Add(c.untilNextPhase(begin, c.cfg.ScrapeInterval))
@@ -147,10 +150,8 @@ func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Dura
 // failure of the source is logged unless ctx was canceled. Only a failure of the source is
 // returned, because a scrape that cannot be written to disk stays in memory.
 func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
-	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
-	defer cancel()
 	begin := c.cfg.Now()
-	got, err := c.Scrape(limited)
+	got, err := c.scrapeAny(ctx)
 	if err != nil {
 		c.scrapedOK.Store(false)
 		c.setSourceFailed(err, c.cfg.Now())
@@ -167,6 +168,7 @@ func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	c.sourceOutage = outage{}
 	c.LogUnmatchedFlags(got)
 	c.addToSpool(got)
+	c.backfiller.scraped(got)
 	return nil
 }
 
@@ -174,7 +176,7 @@ func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 // short time before.
 func (c *Client) logSourceFailure(ctx context.Context, err error) {
 	now, level := c.cfg.Now(), slog.LevelDebug
-	args := []any{"from", c.cfg.From.Redacted()}
+	args := []any{"from", c.sources.inUse().url.Redacted()}
 	suppressed, logNow := c.sourceFailures.take(now, withoutLocalEnds(err.Error()))
 	if logNow {
 		level = slog.LevelError

@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -35,9 +36,14 @@ type CleanedScrape struct {
 	Pieces     []Scrape   // at least one; together they have the samples in their order
 	At         Moment     // when the answer of the source arrived
 	SourceTime int64      // time of the source's clock at At, in ms since the epoch
+	Newest     int64      // time of the newest sample that was not dropped, by the source's clock, in ms; 0 if there is none
+	IsBehind   bool       // one of several sources gave no samples, or none that is newer than those of another one
 	Scraped    int        // samples that the source sent
 	Samples    int        // samples in Pieces
 	Use        CleanerUse // which cleaning rules matched
+
+	given map[uint64]givenSample // see sources; nil if there is only one source
+	known int                    // how many samples are of series that were given before; 0 if there is only one source
 }
 
 // eachSeries calls f for the series of all samples in the pieces. The arguments are valid until f
@@ -55,8 +61,12 @@ func (sr *CleanedScrape) eachSeries(f func(name []byte, labels []Label)) {
 // Scrape scrapes the source and cleans the samples. A sample without a timestamp gets the time at
 // which the scrape began. This time is by the source's clock, as all other times are.
 func (c *Client) Scrape(ctx context.Context) (*CleanedScrape, error) {
+	return c.scrapeSource(ctx, c.sources.inUse())
+}
+
+func (c *Client) scrapeSource(ctx context.Context, src *source) (*CleanedScrape, error) {
 	begin := c.cfg.Now()
-	got, err := c.scrape(ctx, begin)
+	got, err := c.scrape(ctx, src, begin)
 	c.scrapeSeconds.Observe(c.cfg.Now().Sub(begin).Seconds())
 	if err != nil {
 		c.scrapes.Inc("failed")
@@ -67,8 +77,8 @@ func (c *Client) Scrape(ctx context.Context) (*CleanedScrape, error) {
 	return got, nil
 }
 
-func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, error) {
-	req, cleaner, err := c.scrapeRequest(ctx, c.state.Load())
+func (c *Client) scrape(ctx context.Context, src *source, begin time.Time) (*CleanedScrape, error) {
+	req, cleaner, err := c.scrapeRequest(ctx, src, c.state.Load())
 	if err != nil {
 		return nil, fmt.Errorf("scraping: %w", err)
 	}
@@ -78,9 +88,10 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	}
 	defer resp.Body.Close()
 	got := &CleanedScrape{At: c.moment()}
-	c.sourceSkew = skewByDateOrZero(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
-	got.SourceTime = max(0, got.At.Wall+c.sourceSkew)
-	if err := c.readScrape(got, resp, cleaner, begin.UnixMilli()+c.sourceSkew); err != nil {
+	skew := skewByDateOrZero(resp.Header.Get("Date"), got.At.Wall, src.skew.Load())
+	src.skew.Store(skew)
+	got.SourceTime = max(0, got.At.Wall+skew)
+	if err := c.readScrape(got, resp, cleaner, begin.UnixMilli()+skew, src); err != nil {
 		return nil, fmt.Errorf("scraping %s: %w", req.URL.Redacted(), err)
 	}
 	return got, nil
@@ -89,10 +100,10 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 // scrapeRequest returns the request of a scrape and the ClientCleaner for its samples. If the
 // source's path ends in /federate, the request has match[] parameters, and the source sends only
 // the selected series. From any other source, the ClientCleaner selects the series.
-func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*http.Request, *ClientCleaner, error) {
+func (c *Client) scrapeRequest(ctx context.Context, src *source, st *ClientReloadConfig) (*http.Request, *ClientCleaner, error) {
 	cleaner := st.NewCleaner()
-	u := *c.cfg.From
-	if strings.HasSuffix(u.Path, "/federate") {
+	u := *src.url
+	if IsFederate(&u) {
 		q := u.Query()
 		for _, m := range st.Match {
 			q.Add("match[]", m.String())
@@ -106,16 +117,21 @@ func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*ht
 	if err != nil {
 		return nil, nil, err
 	}
-	req.Header.Set("Accept", scrapeAccept)
+	setSourceHeaders(req, st, scrapeAccept)
+	return req, cleaner, nil
+}
+
+// setSourceHeaders sets the headers that all requests to the source have.
+func setSourceHeaders(req *http.Request, st *ClientReloadConfig, accept string) {
+	req.Header.Set("Accept", accept)
 	// Over loopback, compressing an answer costs more time on both sides than sending it.
 	req.Header.Set("Accept-Encoding", "gzip")
-	if IsLoopbackHost(u.Hostname()) {
+	if IsLoopbackHost(req.URL.Hostname()) {
 		req.Header.Set("Accept-Encoding", "identity")
 	}
 	if st.FromAuthorization != "" {
 		req.Header.Set("Authorization", st.FromAuthorization)
 	}
-	return req, cleaner, nil
 }
 
 // checkSourceRedirect decides, as the CheckRedirect of an http.Client, whether a redirect of the
@@ -134,6 +150,8 @@ func checkSourceRedirect(next *http.Request, via []*http.Request) error {
 		return fmt.Errorf("the source redirects from https:// to %.300s: %s", &to, advice)
 	case to.Scheme == last.Scheme && effectivePort(&to) != effectivePort(last):
 		return fmt.Errorf("the source redirects to another port, %.300s: %s", &to, advice)
+	case first.Query().Get("query") != next.URL.Query().Get("query"), first.Query().Get("time") != next.URL.Query().Get("time"):
+		return fmt.Errorf("the source redirects to %.300s without the query of the request: pass the URL of its /federate as --from", &to)
 	case first.Query().Has("match[]") && (!slices.Equal(first.Query()["match[]"], next.URL.Query()["match[]"]) || !strings.HasSuffix(to.Path, "/federate")):
 		return fmt.Errorf("the source redirects to %.300s without the series selectors of the request: pass the URL of its /federate as --from", &to)
 	case len(via) > maxRedirects:
@@ -155,7 +173,7 @@ func effectivePort(u *url.URL) string {
 
 // readScrape reads, decodes and cleans the source's answer. It fills in the fields of got that depend
 // on the body. Samples without a timestamp get defaultMs.
-func (c *Client) readScrape(got *CleanedScrape, resp *http.Response, cleaner *ClientCleaner, defaultMs int64) error {
+func (c *Client) readScrape(got *CleanedScrape, resp *http.Response, cleaner *ClientCleaner, defaultMs int64, src *source) error {
 	if err := decompressAnswer(resp); err != nil {
 		if resp.StatusCode == http.StatusOK {
 			return err
@@ -172,13 +190,13 @@ func (c *Client) readScrape(got *CleanedScrape, resp *http.Response, cleaner *Cl
 	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
 	}
-	body := sourceBody{r: resp.Body, left: maxScrape}
+	body := sourceBody{r: resp.Body, limit: maxScrape}
 	piece := Scrape{At: got.At, SourceTime: got.SourceTime}
 	// The shift must be known before the first sample is rendered, so that also a scrape that then fails
 	// can change it.
 	piece.Shift, piece.Corrected = c.nextShift(got.At, got.SourceTime)
 	w := newPieceWriter(piece, min(c.cfg.LimitBytes, MaxPiece))
-	if got.Scraped, err = c.decodeAndClean(w, &body, format, cleaner, defaultMs); err != nil {
+	if err = c.decodeAndClean(got, w, &body, format, cleaner, defaultMs, src); err != nil {
 		return err
 	}
 	if got.Pieces, err = w.finish(); err != nil {
@@ -220,15 +238,19 @@ func decompressAnswer(resp *http.Response) error {
 // sourceBody reads the body of a source's answer and limits its size. Its errors say that they are
 // about reading.
 type sourceBody struct {
-	r    io.Reader
-	left int // bytes that the body may still have
+	r     io.Reader
+	limit int // most bytes that the body may have
+	read  int // bytes that it had until now
 }
+
+// errAnswerTooLarge is wrapped by the error of a sourceBody that is larger than its limit.
+var errAnswerTooLarge = errors.New("the answer is too large")
 
 // Read implements io.Reader.
 func (b *sourceBody) Read(p []byte) (int, error) {
 	n, err := b.r.Read(p)
-	if b.left -= n; b.left < 0 {
-		return n, fmt.Errorf("the answer is larger than %d bytes", maxScrape)
+	if b.read += n; b.read > b.limit {
+		return 0, fmt.Errorf("%w: more than %d bytes", errAnswerTooLarge, b.limit) // package json may ignore an error beside bytes
 	}
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("reading the answer: %w", adviseOnSource(err))
@@ -237,16 +259,15 @@ func (b *sourceBody) Read(p []byte) (int, error) {
 }
 
 // decodeAndClean decodes body, passes the samples that cleaner does not drop to w, and counts the
-// scraped and the dropped samples. It returns the number of scraped samples. Samples without a
-// timestamp get defaultMs.
-func (c *Client) decodeAndClean(w *pieceWriter, body io.Reader, format Format, cleaner *ClientCleaner, defaultMs int64) (n int, err error) {
+// scraped and the dropped samples. It sets Scraped, Newest and IsBehind of got. See readScrape.
+func (c *Client) decodeAndClean(got *CleanedScrape, w *pieceWriter, body io.Reader, format Format, cleaner *ClientCleaner, defaultMs int64, src *source) error {
 	var d Decoder
 	var one SampleList // the current sample
 	var invalid error  // of the last invalid sample
 	invalids := 0
 	dropped := map[string]int{}
 	skipped, err := d.DecodeFrom(body, maxScrape, format, func(r *RawSample) error {
-		n++
+		got.Scraped++
 		if drop := cleaner.Clean(r); drop != "" {
 			dropped[drop]++
 			return nil
@@ -261,23 +282,30 @@ func (c *Client) decodeAndClean(w *pieceWriter, body io.Reader, format Format, c
 			return nil
 		}
 		s := one.Samples[0]
-		w.add(one.Line(s), s.T, s.V)
+		got.Newest = max(got.Newest, s.T)
+		line := one.Line(s)
+		if c.sources.isOld(got, src, line, s.T+w.piece.Shift) {
+			dropped[DropReplica]++
+			return nil
+		}
+		w.add(line, s.T, s.V)
 		return nil
 	})
 	if err != nil {
-		return n, err
+		return err
 	}
+	got.IsBehind = len(c.sources.all) > 1 && w.piece.Samples == 0 && len(w.pieces) == 0
 	if invalid != nil {
 		c.logInvalid(invalids, invalid)
 	}
-	c.scraped.Add(float64(n))
+	c.scraped.Add(float64(got.Scraped))
 	for reason, n := range dropped {
 		c.dropped.Add(float64(n), reason)
 	}
 	for kind, n := range skipped.ByKind() {
 		c.skipped.Add(float64(n), kind)
 	}
-	return n, nil
+	return nil
 }
 
 // logInvalid logs that a scrape had invalid samples, unless the last of them had a text that was

@@ -359,16 +359,16 @@ func TestShiftTimes(t *testing.T) {
 // compressed needs little memory.
 func TestClientScrapeSizeLimit(t *testing.T) {
 	endless := endlessReader("a 1\n")
-	body := sourceBody{r: &endless, left: 10}
+	body := sourceBody{r: &endless, limit: 10}
 	if n, err := io.ReadFull(&body, make([]byte, 10)); n != 10 || err != nil {
 		t.Errorf("got %d bytes and the error %v, want 10 bytes", n, err)
 	}
-	if _, err := body.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "larger than") {
-		t.Errorf("byte 11: got the error %v, want: larger than", err)
+	if _, err := body.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "more than 10 bytes") {
+		t.Errorf("byte 11: got the error %v, want: more than 10 bytes", err)
 	}
 	for _, tt := range []struct{ repeated, err string }{
 		{strings.Repeat("\x00", 1<<20), "a line has more than 1048576 bytes"},
-		{"# " + strings.Repeat("x", 1<<20-3) + "\n", "the answer is larger than 268435456 bytes"},
+		{"# " + strings.Repeat("x", 1<<20-3) + "\n", "the answer is too large: more than 268435456 bytes"},
 	} {
 		var bomb bytes.Buffer
 		z := gzip.NewWriter(&bomb)

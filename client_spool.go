@@ -62,10 +62,16 @@ type SpoolConfig struct {
 // may call Add while another calls the other methods. Stats is safe for concurrent use. OpenSpool
 // and Close must not run at the same time as any method.
 type Spool struct {
-	cfg        SpoolConfig
-	unlock     func() error
-	isNew      bool   // the directory had no record and no scrape when the spool was opened
-	nextNumber uint64 // number of the next scrape; used only by Add's goroutine
+	cfg    SpoolConfig
+	unlock func() error
+	isNew  bool // the directory had no record and no scrape when the spool was opened
+
+	// The next fields are used only by Add's goroutine.
+	nextNumber      uint64         // number of the next scrape
+	progress        scrapeProgress // what was scraped
+	progressSaved   Moment         // when the record of progress was last written
+	progressUnsaved bool           // the record on disk is older than progress
+	progressFailing bool           // the last write of the record failed
 
 	// The fields from asideFiles to metaUnsaved are used only by the goroutine that calls
 	// BeginPush.
@@ -469,6 +475,16 @@ func (s *Spool) MayLoseInFlight() bool {
 	return slices.ContainsFunc(s.index.entries, func(e spoolEntry) bool { return e.isInFlight() && e.inMemory() })
 }
 
+// HasRoom reports whether more than half of the limit is free, and no scrape is in memory only because
+// the disk failed.
+func (s *Spool) HasRoom() bool {
+	st := s.Stats()
+	if s.cfg.Dir == "" {
+		return st.Bytes <= min(s.cfg.Limit, maxMemoryOnly)/2
+	}
+	return st.Bytes <= s.cfg.Limit/2 && st.InMemory == 0
+}
+
 // Stats returns the number and the bytes of the scrapes in the spool and the age of the oldest one,
 // by delivery state. A scrape whose state is uncertain counts as undelivered.
 func (s *Spool) Stats() (st SpoolStats) {
@@ -489,7 +505,7 @@ func (s *Spool) Stats() (st SpoolStats) {
 	return st
 }
 
-// Close writes the scrapes in memory to disk and unlocks the directory. It reports to OnDrop the
+// Close writes the scrapes in memory and the record of the last scrape to disk, and unlocks the directory. It reports to OnDrop the
 // scrapes that cannot be written. Such a scrape counts as lost unless a server holds or held it.
 func (s *Spool) Close() error {
 	s.ReleaseInFlight()
@@ -514,5 +530,6 @@ func (s *Spool) Close() error {
 	}
 	s.reportDrop(DropSpoolHeld, held)
 	s.reportDrop(DropSpoolClosed, lost)
+	s.writeProgress()
 	return errors.Join(append(errs, s.unlock())...)
 }

@@ -98,6 +98,9 @@ func (s *Spool) recover() error {
 	if err := s.loadMeta(len(numbers) > 0); err != nil {
 		return err
 	}
+	if err := s.loadProgress(); err != nil {
+		return err
+	}
 	for _, number := range numbers {
 		e, identity, err := s.loadScrape(number, false)
 		switch {

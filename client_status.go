@@ -31,13 +31,16 @@ type ClientStatus struct {
 // SourceStatus describes the scrapes of the source.
 type SourceStatus struct {
 	URL           string     `json:"url"`
+	Others        []string   `json:"other_urls,omitempty"`  // other values of --from
 	LastScrape    *time.Time `json:"last_scrape,omitempty"` // the newest successful one; nil if there was none
 	Samples       int        `json:"samples"`               // of that scrape, before cleaning
 	Kept          int        `json:"kept"`                  // of these samples, after cleaning
 	Seconds       float64    `json:"seconds"`               // that it took
 	FailingSince  *time.Time `json:"failing_since,omitempty"`
 	Error         string     `json:"error,omitempty"`
-	OffsetSeconds float64    `json:"clock_offset_seconds"` // how far the source's clock is behind the servers' clocks; 0 if unknown
+	Missing       float64    `json:"missing_seconds"`         // time whose scrapes are missing and can still be fetched
+	MissingError  string     `json:"missing_error,omitempty"` // why they could not be fetched at the last attempt
+	OffsetSeconds float64    `json:"clock_offset_seconds"`    // how far the source's clock is behind the servers' clocks; 0 if unknown
 
 	emptyAdvice string // remedy if Kept of the newest successful scrape is 0; otherwise ""
 }
@@ -144,7 +147,15 @@ func (c *Client) Status() *ClientStatus {
 	c.mu.Lock()
 	source, unmatched := c.source, c.unmatchedNow
 	c.mu.Unlock()
-	source.URL, source.OffsetSeconds = c.cfg.From.Redacted(), c.pusher.ClockOffset().Seconds()
+	source.URL, source.OffsetSeconds = c.sources.inUse().url.Redacted(), c.pusher.ClockOffset().Seconds()
+	for _, src := range c.sources.all {
+		if src != c.sources.inUse() {
+			source.Others = append(source.Others, src.url.Redacted())
+		}
+	}
+	if c.backfiller != nil {
+		source.Missing, source.MissingError = c.backfiller.pending().Seconds(), c.backfiller.lastFailure()
+	}
 	st := &ClientStatus{
 		ProcessStatus: NewProcessStatus(KindClientStatus, c.cfg.ClusterID, c.started, now, c.cfg.Warnings,
 			"source failed", "destination failed", "spool failed; scrapes are kept", "the client token"),
@@ -203,6 +214,12 @@ func (c *Client) problems(st *ClientStatus) []string {
 		add("the source has not been scraped yet")
 	case st.Source.emptyAdvice != "":
 		add("no series leaves the site: %s", st.Source.emptyAdvice)
+	}
+	if st.Source.Missing > 0 && st.Source.MissingError != "" {
+		add("the samples of missing scrapes of %s cannot be fetched: %s", FormatAge(time.Duration(st.Source.Missing*float64(time.Second))), st.Source.MissingError)
+	}
+	if text := c.replicasDiffer(); text != "" {
+		add("%s", text)
 	}
 	switch {
 	case st.Destination.FailingSince != nil:

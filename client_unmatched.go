@@ -1,10 +1,11 @@
 package main
 
-// This file warns of values of the flags --match, --rename and --anonymize-labels that no series of
-// the source matches, because they are probably misspelled. It warns at the first scrape, and when
-// a value begins to match nothing; it also logs when such a value matches again. It warns of a
-// scrape without series, too. Each message is limited to one line in unmatchedLogInterval. Memory
-// is bounded, because only values in the present configuration are remembered.
+// This file warns of values of the flags --match, --rename, --anonymize-labels and --elide-label
+// that no series of the source matches, because they are probably misspelled. It warns at the first
+// scrape, and when a value begins to match nothing; it also logs when such a value matches again.
+// It warns of a scrape without series, too. Each message is limited to one line in
+// unmatchedLogInterval. Memory is bounded, because only values in the present configuration are
+// remembered.
 
 import (
 	"fmt"
@@ -16,9 +17,10 @@ import (
 
 // Names of flags, as they are in the label flag of telemeter_source_unmatched_flags.
 const (
-	matchFlag     = "match"
-	renameFlag    = "rename"
-	anonymizeFlag = "anonymize-labels"
+	matchFlag      = "match"
+	renameFlag     = "rename"
+	anonymizeFlag  = "anonymize-labels"
+	elideLabelFlag = "elide-label"
 )
 
 // unmatchedLogInterval is the least time between two warnings of one value, because some series
@@ -132,9 +134,15 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 				didYouMean(name, labels) + "values of a label that is not named leave the site readable; --dry-run prints what leaves"
 		})
 	}
+	for _, name := range slices.Sorted(maps.Keys(got.Use.Elided)) {
+		update(elideLabelFlag, name, got.Use.Elided[name] > 0, func() (warn, advice string) {
+			_, labels := namesIn(got)
+			return fmt.Sprintf("no series has the label %.200s: --elide-label %.200s removes nothing", name, name), didYouMean(name, labels) + "correct the name, or remove the flag"
+		})
+	}
 	c.unmatched.values = values
 	c.setUnmatched(unmatched)
-	for _, flag := range []string{renameFlag, anonymizeFlag} {
+	for _, flag := range []string{renameFlag, anonymizeFlag, elideLabelFlag} {
 		c.unmatchedFlags.Set(float64(count[flag]), flag)
 	}
 }

@@ -83,6 +83,43 @@ func TestClientWarnsOfUnmatchedFlags(t *testing.T) {
 	})
 }
 
+// The client warns once of a value of --elide-label that no series has, says when a series has it, and
+// counts it in the gauge.
+func TestClientWarnsOfUnmatchedElideLabel(t *testing.T) {
+	var text string
+	c, _, log := newTestClient(t, "", func(cfg *ClientConfig, st *ClientReloadConfig) {
+		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return respond(200, nil, text), nil })
+		st.NewCleaner = func() *ClientCleaner {
+			return &ClientCleaner{Elide: []string{"prometheus", "replca", "site"}, Labels: []Label{{[]byte("site"), []byte("s")}}}
+		}
+	})
+	const (
+		misspelled = "up{replica=\"a\",prometheus=\"p\"} 1\n"
+		warning    = `level=WARN msg="no series has the label replca: --elide-label replca removes nothing" advice="did you mean replica? correct the name, or remove the flag"`
+	)
+	for i, tt := range []struct {
+		text, line string // line is the only one that is logged; "" if none is
+		gauge      int
+	}{
+		{misspelled, warning, 1},
+		{misspelled, "", 1},
+		{"up{replca=\"a\",prometheus=\"p\"} 1\n", `level=INFO msg="--elide-label replca matches series now"`, 0},
+		{misspelled, "", 1}, // not again within unmatchedLogInterval
+	} {
+		text = tt.text
+		log.Reset()
+		if err := c.scrapeAndSpool(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(log.String(), "\n"); n != strings.Count(tt.line, "level=") || !strings.Contains(log.String(), tt.line) {
+			t.Errorf("scrape %d: want the line %q, got %d lines:\n%s", i, tt.line, n, log)
+		}
+		if want := fmt.Sprintf("telemeter_source_unmatched_flags{flag=\"elide-label\"} %d\n", tt.gauge); !strings.Contains(metricsText(t, c.cfg.Metrics), want) {
+			t.Errorf("scrape %d: the metrics do not have %s", i, want)
+		}
+	}
+}
+
 // A flag that Reload has replaced is forgotten, and the new value is checked at the next scrape.
 func TestClientForgetsReplacedFlags(t *testing.T) {
 	c, _, log := newTestClient(t, "up 1\n", func(_ *ClientConfig, st *ClientReloadConfig) { st.Match = mustSelect(t, "up", "a") })

@@ -7,6 +7,7 @@ package main
 // which begins with ok, WARN or FAIL. Warnings that a start would log are results, too.
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -15,6 +16,8 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -106,7 +109,7 @@ func (p *clientProcess) runChecks(ctx context.Context, out io.Writer) error {
 		r.result(CheckSpoolSite(p.spoolDir, p.token.ClusterID), "spool of cluster ID "+p.token.ClusterID, "readable")
 	}
 	if sourceReady {
-		p.checkSource(ctx, r)
+		p.checkSources(ctx, r)
 	} else {
 		r.warn("the source was not tried: first correct the files for it")
 	}
@@ -179,16 +182,32 @@ func describeToken(t Token) string {
 	return fmt.Sprintf("%s, %s, %s, servers %s", text, expires, pin, strings.Join(t.URLs, " "))
 }
 
-// checkSource scrapes the source once. It needs no token of the client, so that it also works if
-// the files for the servers are faulty.
-func (p *clientProcess) checkSource(ctx context.Context, r *checkReport) {
-	what := "source " + p.from.Redacted()
+// checkSources checks each source, and warns of external labels that tell replicas apart and that
+// --elide-label does not name.
+func (p *clientProcess) checkSources(ctx context.Context, r *checkReport) {
+	var external []map[string]string
+	for _, u := range p.sources {
+		if labels := p.checkSource(ctx, r, u); labels != nil {
+			external = append(external, labels)
+		}
+	}
+	if text := DescribeReplicas(external, p.elide); text != "" {
+		r.warn("%s", text)
+	}
+}
+
+// checkSource scrapes a source once, and asks its query API. It returns the external labels of the
+// source; nil if they are not known. It needs no token of the client, so that it also works if the
+// files for the servers are faulty.
+func (p *clientProcess) checkSource(ctx context.Context, r *checkReport, from *url.URL) (external map[string]string) {
+	what := "source " + from.Redacted()
 	source := *p
+	source.from, source.sources = from, []*url.URL{from}
 	source.dryRun, source.metrics = true, NewMetrics()
 	source.toCAFile, source.toCertFile, source.toProxy = "", "", nil
 	if err := source.newClient(); err != nil {
 		r.result(err, what, "")
-		return
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -197,13 +216,24 @@ func (p *clientProcess) checkSource(ctx context.Context, r *checkReport) {
 	took := time.Since(begin).Round(time.Millisecond)
 	if err != nil {
 		r.result(err, what, "")
-		return
+		return nil
 	}
 	r.result(nil, what, "%d series in %v", got.Samples, took)
 	source.client.LogUnmatchedFlags(got)
 	if off := time.Duration(got.SourceTime-got.At.Wall) * time.Millisecond; off.Abs() > clockTolerance {
 		r.warn("the clock of the source is %s the clock of this host: set both (NTP); until then, the client corrects the times of samples", describeOffset(off))
 	}
+	if p.backfill == 0 && len(p.sources) == 1 || !IsFederate(from) {
+		return nil
+	}
+	external, err = source.client.ExternalLabels(ctx, got)
+	if err != nil {
+		r.warn("the samples of missing scrapes cannot be fetched from %s: %v: permit /api/v1/query beside /federate, or set --backfill 0", from.Redacted(), err)
+		return nil
+	}
+	names := cmp.Or(strings.Join(slices.Sorted(maps.Keys(external)), ", "), "none")
+	r.result(nil, "queries at "+from.Redacted(), "answered; external labels: %s", names)
+	return external
 }
 
 // checkServers exchanges the token at each server, and compares the server's clock to the clock of

@@ -186,6 +186,30 @@ func TestCheckClient(t *testing.T) {
 	checkLines(t, s.dir, args, exitOK, append(lines, "in use by a running process", "ok   spool of cluster ID site-7: readable\n")...)
 }
 
+// --check tries each replica and its queries. It warns of an external label that differs, unless
+// --elide-label names the label.
+func TestCheckReplicas(t *testing.T) {
+	args := []string{"--mode", "client", "--token-file", filepath.Join(t.TempDir(), "none"), "--spool-dir", t.TempDir()}
+	for _, external := range []map[string]string{{"site": "west", "replica": "a"}, {"site": "west", "replica": "b"}, {"site": "west"}} {
+		p := newFakePrometheus(t, fakeSeries{labels: map[string]string{"__name__": "up", "job": "a"}, step: time.Second, begin: -time.Hour})
+		p.external = external
+		if len(external) == 1 {
+			p.api = func(*http.Request) *http.Response {
+				return respond(403, http.Header{"Content-Type": {"text/html"}}, "no")
+			}
+		}
+		source := httptest.NewServer(p)
+		defer source.Close()
+		args = append(args, "--from", source.URL)
+	}
+	warning := "WARN the replicas differ in the external label replica, so that consumers would see each series once for each replica: add --elide-label replica\n"
+	checkLines(t, t.TempDir(), args, exitFailure, "answered; external labels: replica, site\n", "WARN the samples of missing scrapes cannot be fetched from ", "403 Forbidden", warning)
+	_, stdout, _ := runMode(t, append(args, "--elide-label", "replica", "--check")...)
+	if strings.Contains(stdout, "the replicas differ") || strings.Count(stdout, "ok   source ") != 3 {
+		t.Errorf("with --elide-label, --check prints\n%s", stdout)
+	}
+}
+
 // --check of a client reports each fault with what to do. A faulty source does not hide a faulty
 // server. Faults of files are the same as at a start.
 func TestCheckClientFaults(t *testing.T) {
@@ -221,8 +245,8 @@ func TestCheckClientFaults(t *testing.T) {
 		{"proxy user", []string{"--to-proxy", "http://" + nobody, "--to-proxy-user-file", s.path("file")}, true, []string{"exactly one line of the form USER:PASSWORD", "ok   source " + source}},
 		{"client certificate", []string{"--to-crt", s.path("file"), "--to-key", s.path("file")}, true, []string{"name PEM files with a certificate"}},
 		{"spool is a file", []string{"--spool-dir", s.path("file")}, true, []string{"is not a directory"}},
-		{"source and server", []string{"--from", "http://" + nobody, "--to-proxy", "http://" + nobody}, false, []string{
-			"FAIL source http://" + nobody + "/federate: ", "nothing listens there: start the source", "FAIL server " + server + ": ", "the proxy http://" + nobody + " cannot be reached", "the URL in --to-proxy"}},
+		{"source and server", []string{"--from", "http://" + nobody + "/metrics", "--to-proxy", "http://" + nobody}, false, []string{
+			"ok   source " + source, "FAIL source http://" + nobody + "/metrics: ", "nothing listens there: start the source", "FAIL server " + server + ": ", "the proxy http://" + nobody + " cannot be reached", "the URL in --to-proxy"}},
 		{"nobody there", []string{"--to", "http://" + nobody}, false, []string{"FAIL server http://" + nobody + ": ", ": connect: connection refused: check the address in --to or in the token, that something listens there, and that no firewall is in the way\n", "ok   server " + server}},
 		{"impostor", []string{"--to", impostor.URL}, false, []string{"FAIL server " + impostor.URL + ": ", "pin"}},
 		{"revoked", []string{"--token-file", s.path("revoked-token"), "--spool-dir", s.path("none")}, false, []string{"FAIL server " + server + ": ", "401 Unauthorized", "revoked"}},

@@ -33,11 +33,14 @@ const (
 )
 
 type clientFlags struct {
-	from                            *url.URL
+	from                            *url.URL   // the first of sources
+	sources                         []*url.URL // the values of --from
+	elide                           []string
 	fromTokenFile, fromUserFile     string
 	fromCAFile                      string
 	fromCertFile, fromKeyFile       string
-	scrapeInterval                  time.Duration
+	scrapeInterval, backfill        time.Duration
+	dryBackfill                     time.Duration // backfill, if --dry-run and --backfill are given
 	match                           Selectors
 	matchFile                       string
 	labels                          []Label
@@ -84,18 +87,20 @@ func clientMode(ctx context.Context, c *command) error {
 
 func (f *clientFlags) define(c *command) {
 	c.defineGroup("Source", func() {
-		c.urlFlag(&f.from, "from", "http://localhost:9090", "`URL` URL of the Prometheus to scrape; a URL with a path can be any exposition endpoint, such as an exporter's /metrics")
+		c.urlsFlag(&f.sources, "from", "http://localhost:9090", "`URL` URL of the Prometheus to scrape; a URL with a path can be any exposition endpoint, such as an exporter's /metrics; further URLs: replicas")
 		c.StringVar(&f.fromTokenFile, "from-token-file", "", "`FILE` file with a bearer token to send to the source")
 		c.StringVar(&f.fromUserFile, "from-user-file", "", "`FILE` file with one line USER:PASSWORD for the source (HTTP basic authentication)")
 		c.StringVar(&f.fromCAFile, "from-ca-file", "", "`FILE` file with CA certificates to verify the source's certificate")
 		c.StringVar(&f.fromCertFile, "from-crt", "", "`FILE` file with a client certificate to present to the source")
 		c.StringVar(&f.fromKeyFile, "from-key", "", "`FILE` file with the private key of --from-crt")
 		c.durationFlag(&f.scrapeInterval, "scrape-interval", 0, 0, 0, "`TIME` time between scrapes, if shorter than --interval")
+		c.durationFlag(&f.backfill, "backfill", 2*time.Hour, 0, 0, "`TIME` fetch the samples of scrapes that were missed in this time from the source's /api/v1/query; 0: do not fetch them")
 	})
 	c.defineGroup("Which samples", func() {
 		c.selectorsFlag(&f.match, "match", "`SELECTOR` selector of series to push; without any selector, all series are pushed")
 		c.StringVar(&f.matchFile, "match-file", "", "`FILE` file with selectors of series to push, one per line")
 		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` label to set on every sample")
+		c.labelNamesFlag(&f.elide, "elide-label", "`NAME` label to remove, such as replica", false)
 		c.metricRenamesFlag(&f.renames, "rename", []string{"ALERTS=alerts"}, "`OLD=NEW` new name for a metric; ALERTS is renamed to alerts unless a --rename names ALERTS")
 		c.labelNamesFlag(&f.anonymize, "anonymize-labels", "`NAMES` names of labels whose values are replaced by keyed hashes, separated by commas", true)
 		c.StringVar(&f.saltFile, "anonymize-salt-file", "", "`FILE` file with the secret key for --anonymize-labels, at least 16 bytes")
@@ -130,18 +135,39 @@ func (f *clientFlags) define(c *command) {
 // fillAndCheck fills in the defaults that depend on other flags. It adds each conflict among the
 // flags to the problems of c.
 func (f *clientFlags) fillAndCheck(c *command) {
-	if strings.Trim(f.from.Path, "/") == "" {
-		f.from.Path = "/federate"
+	f.from = f.sources[0]
+	for _, u := range f.sources {
+		if strings.Trim(u.Path, "/") == "" {
+			u.Path = "/federate"
+		}
+	}
+	if f.dryRun && c.isSet("backfill") {
+		f.dryBackfill = f.backfill
+		c.addProblemUnless(IsFederate(f.from), "--backfill has no effect with --from %s, which is no /federate of a Prometheus: remove it", f.from)
+	}
+	c.addProblemUnless(!c.isSet("backfill") || f.backfill <= f.spoolAge, "--backfill must be at most --spool-age, because older scrapes are dropped: raise --spool-age too")
+	c.addProblemUnless(!c.isSet("backfill") || !f.once, "--backfill has no effect with --once, because the time between two runs is no outage: remove it")
+	if f.once {
+		f.backfill = 0
 	}
 	if f.scrapeInterval == 0 {
 		f.scrapeInterval = f.interval
 	}
-	plainAllowed := f.from.Scheme == "https" || IsLoopbackHost(f.from.Hostname()) || f.plainHTTP
-	c.addProblemUnless(f.fromTokenFile == "" || plainAllowed, "--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
-	c.addProblemUnless(f.fromUserFile == "" || plainAllowed, "--from-user-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
+	var urls []string
+	for _, u := range f.sources {
+		c.addProblemUnless(!slices.Contains(urls, u.String()), "--from %s is given twice: remove one", u)
+		c.addProblemUnless(IsFederate(u) == IsFederate(f.from), "--from %s and --from %s cannot be replicas of one Prometheus, because only one of them is a /federate: correct them", f.from, u)
+		urls = append(urls, u.String())
+		plainAllowed := u.Scheme == "https" || IsLoopbackHost(u.Hostname()) || f.plainHTTP
+		c.addProblemUnless(f.fromTokenFile == "" || plainAllowed, "--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", u.Host)
+		c.addProblemUnless(f.fromUserFile == "" || plainAllowed, "--from-user-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", u.Host)
+		c.addProblemUnless(slices.Equal(u.Query()["match[]"], f.from.Query()["match[]"]), "--from: the URL of %s has other match[] parameters than the first one, although replicas have the same series: use the same ones, or --match", u.Host)
+		c.addProblemUnless(!f.isOwnFederate(u), "--from is this client's own --listen: %s serves the samples that this client sent last; pass the URL of the Prometheus to scrape, or another --listen", f.listen)
+	}
 	c.addProblemUnless(f.fromTokenFile == "" || f.fromUserFile == "", "--from-token-file and --from-user-file exclude each other, because a request has one kind of credentials: choose one")
 	c.addProblemUnless((f.fromCertFile == "") == (f.fromKeyFile == ""), "--from-crt and --from-key must be given together")
-	c.addProblemUnless(f.fromCertFile == "" || f.from.Scheme == "https", "--from-crt has no effect, because the URL in --from is not https://: use https://, or remove it")
+	isHTTPS := slices.ContainsFunc(f.sources, func(u *url.URL) bool { return u.Scheme == "https" })
+	c.addProblemUnless(f.fromCertFile == "" || isHTTPS, "--from-crt has no effect, because the URL in --from is not https://: use https://, or remove it")
 	c.addProblemUnless(f.toProxyUserFile == "" || f.toProxy != nil, "--to-proxy-user-file has no effect without --to-proxy: add --to-proxy URL, or remove it")
 	c.addProblemUnless(f.tokenFile != "" || f.dryRun || c.isMeant("token-file"), "--token-file FILE is missing: %s", getToken)
 	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file, because without a secret key the values could be guessed; create one with: head -c 32 /dev/urandom | base64 > salt")
@@ -151,19 +177,18 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	c.addProblemUnless(f.spoolLimit >= 2*f.limitBytes, "--spool-limit must be at least twice --limit-bytes")
 	c.addProblemUnless(f.spoolAge >= f.interval, "--spool-age must be at least --interval, because a scrape can wait that long for its push")
 	c.addProblemUnless(!f.checkOnly || !f.once && !f.dryRun, "--check cannot be combined with --once or --dry-run: run one after the other")
-	c.addProblemUnless(!f.readsOwnFederate(), "--from is this client's own --listen: %s serves the samples that this client sent last; pass the URL of the Prometheus to scrape, or another --listen", f.listen)
 	c.addProblemUnless(!f.once || !f.dryRun, "--once and --dry-run exclude each other, because --dry-run does not push: choose one")
 }
 
-// readsOwnFederate reports whether --from is the /federate of this client's own listener, so that the
+// isOwnFederate reports whether from is the /federate of this client's own listener, so that the
 // client would push its last scrape again. A client with --once or --dry-run has no listener.
-func (f *clientFlags) readsOwnFederate() bool {
+func (f *clientFlags) isOwnFederate(from *url.URL) bool {
 	host, port, err := net.SplitHostPort(f.listen)
 	if err != nil || f.once || f.dryRun {
 		return false
 	}
 	isLocal := host == "" || IsLoopbackHost(host) || net.ParseIP(host).IsUnspecified()
-	return isLocal && IsLoopbackHost(f.from.Hostname()) && f.from.Port() == port && strings.Trim(f.from.Path, "/") == "federate"
+	return isLocal && IsLoopbackHost(from.Hostname()) && from.Port() == port && strings.Trim(from.Path, "/") == "federate"
 }
 
 // clientProcess is one run of --mode client: a Client with its flags, log, metrics, token and HTTP
@@ -189,7 +214,7 @@ func (p *clientProcess) run(ctx context.Context, stdout, stderr io.Writer) error
 	if p.dryRun {
 		limited, cancel := context.WithTimeout(ctx, p.interval)
 		defer cancel()
-		return p.client.DryRun(limited, stdout, stderr)
+		return p.client.DryRun(limited, p.dryBackfill, stdout, stderr)
 	}
 	if err := p.openSpool(); err != nil {
 		return err
@@ -216,8 +241,8 @@ func (p *clientProcess) newClient() error {
 	toClient.Transport = trustTransport{next: p.toTransport, caFile: p.toCAFile, trustAdvice: clientTrustAdvice}
 	p.logSystemCAs()
 	p.client = NewClient(ClientConfig{
-		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Warnings: p.warnings, Now: time.Now,
-		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
+		From: p.from, Replicas: p.sources[1:], Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Warnings: p.warnings, Now: time.Now,
+		ScrapeInterval: p.scrapeInterval, Backfill: p.backfill, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
 		FromClient: p.fromTransport.httpClient(scrapeTimeout), ToClient: toClient,
 	})
 	p.client.Reload(state)
@@ -406,7 +431,7 @@ func (p *clientProcess) loadConfigAndToken() (config ClientReloadConfig, t Token
 		return config, t, err
 	}
 	config.NewCleaner = func() *ClientCleaner {
-		c := &ClientCleaner{Rename: p.renames, Labels: p.labels, Anonymize: p.anonymize}
+		c := &ClientCleaner{Rename: p.renames, Labels: p.labels, Elide: p.elide, Anonymize: p.anonymize}
 		c.SetSalt(salt)
 		return c
 	}

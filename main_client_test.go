@@ -4,6 +4,8 @@ package main
 // client and the server run as processes of their own.
 
 import (
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -170,5 +172,49 @@ func TestTokenFileWhiteSpace(t *testing.T) {
 		"--once", "--interval", "1s", "--spool-dir", filepath.Join(dir, "spool"))
 	if status != exitOK || !strings.Contains(stderr, "msg=pushed") {
 		t.Errorf("exit status %d, want %d and a push:\n%s", status, exitOK, stderr)
+	}
+}
+
+// The values of --from replace its default, and a URL without a path is that of a Prometheus. The flag
+// --backfill has a default, takes 0, and takes no negative value. It counts for --dry-run only if it is
+// given.
+func TestClientSourceFlags(t *testing.T) {
+	for _, tt := range []struct {
+		args, sources        string
+		backfill, ofDryRun   time.Duration
+		problem, isNoProblem string // texts that the problems have, and do not have
+	}{
+		{"", "[http://localhost:9090/federate]", 2 * time.Hour, 0, "", "--from"},
+		{"--from http://a", "[http://a/federate]", 2 * time.Hour, 0, "", "--from"},
+		{"--from http://b/ --from https://a/x/federate --from http://c/prometheus/federate?x=y", "[http://b/federate https://a/x/federate http://c/prometheus/federate?x=y]", 2 * time.Hour, 0, "", "--from"},
+		{"--from http://a/federate?match[]=up --from http://b/federate?match[]=up", "[http://a/federate?match[]=up http://b/federate?match[]=up]", 2 * time.Hour, 0, "", "--from"},
+		{"--from http://a/federate?match[]=up --from http://b", "[http://a/federate?match[]=up http://b/federate]", 2 * time.Hour, 0, "--from: the URL of b has other match[] parameters", "--backfill"},
+		{"--from http://a --from http://b?match[]=up", "[http://a/federate http://b/federate?match[]=up]", 2 * time.Hour, 0, "--from: the URL of b has other match[] parameters", "--backfill"},
+		{"--backfill 0", "[http://localhost:9090/federate]", 0, 0, "", "--backfill"},
+		{"--backfill 1d --spool-age 1d --dry-run", "[http://localhost:9090/federate]", 24 * time.Hour, 24 * time.Hour, "", "--backfill"},
+		{"--backfill 3h", "[http://localhost:9090/federate]", 3 * time.Hour, 0, "--backfill must be at most --spool-age", "--from"},
+		{"--backfill 5m --once", "[http://localhost:9090/federate]", 0, 0, "--backfill has no effect with --once", "--from"},
+		{"--once", "[http://localhost:9090/federate]", 0, 0, "", "--backfill"},
+		{"--backfill 0 --dry-run", "[http://localhost:9090/federate]", 0, 0, "", "--backfill"},
+		{"--dry-run", "[http://localhost:9090/federate]", 2 * time.Hour, 0, "", "--backfill"},
+		{"--backfill -1s", "[http://localhost:9090/federate]", -time.Second, 0, "--backfill must be 0 or more", "--from"},
+		{"--from http://a --from https://b --from-crt c --from-key k", "[http://a/federate https://b/federate]", 2 * time.Hour, 0, "", "--from-crt has no effect"},
+		{"--from http://a --from http://b --from-crt c --from-key k", "[http://a/federate http://b/federate]", 2 * time.Hour, 0, "--from-crt has no effect", "--backfill"},
+	} {
+		c := newCommand("client", strings.Fields(tt.args), io.Discard, io.Discard)
+		var f clientFlags
+		f.define(c)
+		if err := c.parseArgs(); err != nil {
+			t.Errorf("%s: %v", tt.args, err)
+			continue
+		}
+		f.fillAndCheck(c)
+		problems := strings.Join(c.problems, "; ")
+		if got := fmt.Sprint(f.sources); got != tt.sources || f.from != f.sources[0] || f.backfill != tt.backfill || f.dryBackfill != tt.ofDryRun {
+			t.Errorf("%s: the sources are %s, first %v, and --backfill is %v, for --dry-run %v; want %s, %v and %v", tt.args, got, f.from, f.backfill, f.dryBackfill, tt.sources, tt.backfill, tt.ofDryRun)
+		}
+		if !strings.Contains(problems, tt.problem) || strings.Contains(problems, tt.isNoProblem) {
+			t.Errorf("%s: the problems are %q; want %q, and not %q", tt.args, problems, tt.problem, tt.isNoProblem)
+		}
 	}
 }

@@ -206,7 +206,7 @@ func metricsOfAll(t *testing.T) (server, federate, client string) {
 	if code := a.push(token, "not a sample\n", ClockOffsetHeader, "1500"); code != http.StatusBadRequest {
 		t.Fatalf("a bad push: %d", code)
 	}
-	c := start(t, dir, "--mode", "client", "--token-file", "token", "--from", a.internal+"/metrics", "--listen", "127.0.0.1:0")
+	c := start(t, dir, "--mode", "client", "--token-file", "token", "--from", a.internal+"/federate", "--listen", "127.0.0.1:0")
 	address := c.await(`msg=listening address=(\S+)`)
 	c.await("msg=pushed")
 	// This scrape makes the consumer known to the server, so that the next scrape shows the

@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 )
 
 // A dry run prints on standard output the samples that would leave the site, and nothing else. On
@@ -108,5 +109,24 @@ bad{a="1",a="2"} 1 1000
 				t.Errorf("the summary does not say %q:\n%s", size, stderr)
 			}
 		})
+	}
+}
+
+// With --backfill, a dry run prints first what would be fetched if scrapes had been missing for that
+// time. If the source answers no queries, that is a failure, and the scrape is printed all the same.
+func TestDryRunBackfill(t *testing.T) {
+	p := newFakePrometheus(t, fakeSeries{labels: map[string]string{"__name__": "up", "job": "a"}, step: 15 * time.Second, begin: -time.Hour})
+	p.external = map[string]string{"site": "west"}
+	source := httptest.NewServer(p)
+	defer source.Close()
+	args := []string{"--mode", "client", "--from", source.URL, "--match", "up", "--dry-run", "--backfill", "10m"}
+	status, stdout, stderr := runMode(t, args...)
+	lines := strings.Count(stdout, `up{job="a",site="west"} `)
+	if status != exitOK || lines != 5 || lines != strings.Count(stdout, "\n") || !strings.HasPrefix(stderr, "dry run: 4 samples of the last 10m would be fetched for missing scrapes\ndry run: nothing was pushed; of 1 scraped series, 1 would") {
+		t.Errorf("exit status %d, %d lines on stdout:\n%s%s", status, lines, stdout, stderr)
+	}
+	p.api = func(*http.Request) *http.Response { return respond(404, nil, "404 page not found") }
+	if status, stdout, stderr := runMode(t, args...); status != exitFailure || strings.Count(stdout, "\n") != 1 || !strings.Contains(stderr, "source: fetching the samples of missing scrapes: /api/v1/query: not an answer of the query API of Prometheus: 404 Not Found") {
+		t.Errorf("without a query API: exit status %d, %q, %q", status, stdout, stderr)
 	}
 }

@@ -65,7 +65,7 @@ var pureFiles = []string{
 	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go", "gossip_record.go",
 	"hashring.go", "hashring_claim.go",
 	"store_samples.go", "store_append.go", "store_read.go", "store_recovery_samples.go", "store_series.go", "store_batch.go", "store_record.go", "store_spools.go",
-	"client_failover.go", "client_spool_index.go", "client_spool_record.go", "client_spool_meta.go",
+	"client_failover.go", "client_gaps.go", "client_spool_index.go", "client_spool_record.go", "client_spool_meta.go",
 	"push.go", "push_ranges.go", "push_wallclock.go", "push_source_clock.go",
 	"sample.go", "sample_line.go", "sample_parser.go", "sample_text.go", "sample_proto.go", "sample_exposition.go", "sample_grouper.go", "sample_known.go",
 	"sanitize.go", "sanitize_nearest.go", "sanitize_selector.go", "sanitize_use.go", "auth_replay.go", "wire.go", "http_share.go",

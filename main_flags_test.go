@@ -4,6 +4,7 @@ package main
 // which problems of a command line are reported.
 
 import (
+	"fmt"
 	"io"
 	"net/url"
 	"strings"
@@ -87,6 +88,7 @@ type flagValues struct {
 	allow   Selectors
 	renames map[string]string
 	url     *url.URL
+	urls    []*url.URL
 }
 
 // parseFlagValues parses args, which has command-line arguments separated by spaces. It returns the
@@ -105,6 +107,7 @@ func parseFlagValues(args string) (v flagValues, problems string) {
 	c.metricRenamesFlag(&v.renames, "renames", []string{"x=y"}, "")
 	c.urlFlag(&v.url, "url", "", "")
 	c.StringVar(new(string), "url-user-file", "", "")
+	c.urlsFlag(&v.urls, "urls", "http://default.example:1", "")
 	c.parseArgs()
 	if err := c.err(); err != nil {
 		problems = err.Error()
@@ -128,6 +131,27 @@ func TestFlagValues(t *testing.T) {
 	if problems != "" || v.d != 2*time.Second || v.n != 5 || v.size != 2<<10 || v.addr != ":1" || v.opt != "" || v.id != "a" || len(v.labels) != 2 ||
 		string(v.labels[0].Name) != "a" || len(v.names) != 2 || len(v.allow) != 1 || len(v.renames) != 2 {
 		t.Errorf("%s: the values are %+v, with the problems %q", args, v, problems)
+	}
+}
+
+// The first value of a repeatable flag for URLs replaces the default. Further values are added, in their
+// order. Each value is checked, and a faulty one is left out.
+func TestURLsFlag(t *testing.T) {
+	const credentials = "--urls: http://u:xxxxx@h/ contains credentials, which every user of this host can see in a command line: remove them"
+	for args, want := range map[string]struct{ urls, problems string }{
+		"":                                   {"[http://default.example:1]", ""},
+		"--urls http://b":                    {"[http://b]", ""},
+		"--urls http://default.example:1":    {"[http://default.example:1]", ""},
+		"--urls http://b --urls https://a:1": {"[http://b https://a:1]", ""},
+		"--urls=http://b/x?y=z --urls http://b/x?y=z --urls http://a": {"[http://b/x?y=z http://b/x?y=z http://a]", ""},
+		"--urls http://u:p@h/":                                {"[http://default.example:1]", credentials},
+		"--urls http://b --urls http://u:p@h/":                {"[http://b]", credentials},
+		"--urls ftp://b --urls http://u:p@h/ --urls http://a": {"[http://a]", `--urls: "ftp://b" has the scheme ftp: use http:// or https://; ` + credentials},
+	} {
+		v, problems := parseFlagValues(args)
+		if got := fmt.Sprint(v.urls); got != want.urls || problems != want.problems {
+			t.Errorf("%s: the URLs are %s, with the problems %q; want %s, with %q", args, got, problems, want.urls, want.problems)
+		}
 	}
 }
 

@@ -474,20 +474,36 @@ func parseEach[T any](parse func(string) (T, error)) func([]string) ([]T, error)
 // urlFlag defines a flag for an http:// or https:// URL without credentials. If def is empty and the
 // flag is not set, *p stays unchanged.
 func (c *command) urlFlag(p **url.URL, name, def, usage string) {
-	parse := func(text string) (*url.URL, error) {
-		u, err := parseHTTPURL(text)
-		if err == nil && u.User != nil {
-			err = fmt.Errorf("%s contains credentials, which every user of this host can see in a command line: remove them", u.Redacted())
-			if file := name + "-user-file"; c.Lookup(file) != nil {
-				err = fmt.Errorf("%w, and write USER:PASSWORD into a file that --%s names", err, file)
-			}
-		}
-		return u, err
-	}
 	if def != "" {
-		*p, _ = parse(def)
+		*p, _ = c.parseURL(name, def)
 	}
-	parsedFlag(c, p, name, def, usage, parse)
+	parsedFlag(c, p, name, def, usage, func(text string) (*url.URL, error) { return c.parseURL(name, text) })
+}
+
+// urlsFlag is urlFlag for a flag that may be repeated. The first value replaces the default.
+func (c *command) urlsFlag(p *[]*url.URL, name, def, usage string) {
+	first, _ := c.parseURL(name, def)
+	*p = []*url.URL{first}
+	var given []*url.URL
+	parsedFlag(c, p, name, def, usage+"; may be repeated", func(text string) ([]*url.URL, error) {
+		u, err := c.parseURL(name, text)
+		if err == nil {
+			given = append(given, u)
+		}
+		return given, err
+	})
+}
+
+// parseURL returns the URL in the value of the flag --name.
+func (c *command) parseURL(name, text string) (*url.URL, error) {
+	u, err := parseHTTPURL(text)
+	if err == nil && u.User != nil {
+		err = fmt.Errorf("%s contains credentials, which every user of this host can see in a command line: remove them", u.Redacted())
+		if file := name + "-user-file"; c.Lookup(file) != nil {
+			err = fmt.Errorf("%w, and write USER:PASSWORD into a file that --%s names", err, file)
+		}
+	}
+	return u, err
 }
 
 // serverURLsFlag defines a repeatable flag for a list of URLs of servers; see parseServerURL.

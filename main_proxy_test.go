@@ -206,6 +206,7 @@ func TestFromOwnListener(t *testing.T) {
 		"--from http://localhost:9005/federate/ --listen :9005":       true,
 		"--from http://localhost:9005 --listen 0.0.0.0:9005":          true,
 		"--from http://localhost:9002 --check":                        true,
+		"--from http://localhost:9090 --from http://localhost:9002":   true,
 		"--from http://localhost:9002/metrics":                        false,
 		"--from http://localhost:9002/prometheus/federate":            false,
 		"--from http://localhost:9090":                                false,
@@ -267,6 +268,9 @@ func TestProxyAndSourceFlags(t *testing.T) {
 		{"--to-proxy-user-file f", "--to-proxy-user-file has no effect without --to-proxy: add --to-proxy URL"},
 		{"--from-user-file f --from-token-file g", "--from-token-file and --from-user-file exclude each other"},
 		{"--from-user-file f --from http://192.0.2.1:9090", "--from-user-file would be sent to 192.0.2.1:9090 over plain HTTP: use https://"},
+		{"--from-user-file f --from http://localhost:9090 --from http://192.0.2.1:9090", "--from-user-file would be sent to 192.0.2.1:9090 over plain HTTP: use https://"},
+		{"--from-token-file f --from https://192.0.2.2 --from http://192.0.2.1:9090", "--from-token-file would be sent to 192.0.2.1:9090 over plain HTTP: use https://"},
+		{"--from http://localhost:9090 --from http://me:secret@localhost:9091", "--from: http://me:xxxxx@localhost:9091 contains credentials, which every user of this host can see in a command line: remove them, and write USER:PASSWORD into a file that --from-user-file names"},
 		{"--from-crt f --from https://192.0.2.1", "--from-crt and --from-key must be given together"},
 		{"--from-crt f --from-key g", "--from-crt has no effect, because the URL in --from is not https://"},
 	} {

@@ -33,6 +33,7 @@ func filesToShow() []shownFile {
 	return []shownFile{
 		{"README.md", "what telemeter is, how to set it up, what it promises"},
 		{"docs/operating.md", "how to run it: servers, clients, Prometheus, keys, upgrades"},
+		{"docs/outages.md", "what is missing after an outage, and how to survive longer ones"},
 		{"docs/troubleshooting.md", "what messages and symptoms mean, and what to do"},
 		{"docs/reference.md", "all flags, HTTP paths, files and exit statuses"},
 		{"docs/metrics.md", "all metrics"},

@@ -206,6 +206,7 @@ type ClientCleaner struct {
 	MatchedBySource Selectors         // selectors by which the source has selected the samples; Clean drops no sample because of them
 	Rename          map[string]string // old metric name → new metric name
 	Labels          []Label           // labels to add to every sample; they replace its labels of the same name
+	Elide           []string          // names of the labels to remove
 	Anonymize       []string          // names of the labels to anonymize; if there are any, the caller must call SetSalt before Clean
 	mac             hash.Hash         // HMAC-SHA256 keyed with the salt; nil before SetSalt
 
@@ -213,12 +214,13 @@ type ClientCleaner struct {
 	renamed    map[string]int      // number of renamed samples by old name
 	hashed     map[string][]byte   // replacements of values of anonymized labels, by value; see hash
 	anonymized []int               // number of samples with each label in Anonymize
+	elided     []int               // number of samples with each label in Elide
 }
 
 // SetSalt sets the secret key of the HMAC by which Clean replaces the values of anonymized labels.
 func (c *ClientCleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
 
-// Clean renames and anonymizes r, removes its empty labels and adds the labels in Labels. If the
+// Clean renames and anonymizes r, removes its empty labels and those in Elide, and adds the labels in Labels. If the
 // sample must be dropped, Clean returns the reason. Otherwise it returns "". SampleList.Add may
 // still refuse the cleaned sample; the caller then drops it with the reason DropInvalid.
 //
@@ -240,7 +242,14 @@ func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 		return DropReserved
 	}
 	r.Labels = slices.DeleteFunc(r.Labels, func(l Label) bool {
-		return len(l.Value) == 0 || hasLabel(c.Labels, l.Name)
+		if len(l.Value) == 0 || hasLabel(c.Labels, l.Name) {
+			return true
+		}
+		k := slices.Index(c.Elide, string(l.Name))
+		if k >= 0 {
+			c.elided[k]++
+		}
+		return k >= 0
 	})
 	for i := range r.Labels {
 		l := &r.Labels[i]

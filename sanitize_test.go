@@ -173,6 +173,37 @@ func TestCleaner(t *testing.T) {
 	}
 }
 
+// Clean removes the labels in Elide before it anonymizes others, also if they are to be anonymized. A
+// label of the operator stays, and replaces the one that the sample has. Only the labels with the very
+// names in Elide are removed.
+func TestCleanerElides(t *testing.T) {
+	c := testAnonymizer(t, cleanerSalt)
+	c.Elide = []string{"replica", "instance", "site"}
+	c.Labels = []Label{{[]byte("site"), []byte("s")}}
+	for _, tt := range []struct {
+		labels []string
+		want   string
+	}{
+		{nil, `up{site="s"}`},
+		{[]string{"replica", "r"}, `up{site="s"}`},
+		{[]string{"replica", "r", "job", "j"}, `up{job="j",site="s"}`},
+		{[]string{"replica", "", "job", "j"}, `up{job="j",site="s"}`},
+		{[]string{"instance", "secret", "replica2", "x", "Replica", "y"}, `up{Replica="y",replica2="x",site="s"}`},
+		{[]string{"site", "theirs"}, `up{site="s"}`},
+	} {
+		if got, err := cleaned(c, expoRaw("up", 0, 0, tt.labels...)); err != nil || got != tt.want {
+			t.Errorf("%q: got %s (%v), want %s", tt.labels, got, err, tt.want)
+		}
+	}
+	// A selector sees the labels before they are removed.
+	c = &ClientCleaner{Match: mustSelect(t, `up{replica="r"}`), Elide: []string{"replica"}}
+	for replica, want := range map[string]string{"r": "up", "s": DropNotMatched} {
+		if got, err := cleaned(c, expoRaw("up", 0, 0, "replica", replica)); err != nil || got != want {
+			t.Errorf("replica %s: got %s (%v), want %s", replica, got, err, want)
+		}
+	}
+}
+
 const cleanerSalt = "salt one, of 32 bytes or so....."
 
 // testAnonymizer returns a ClientCleaner that anonymizes the labels instance and a.b with this

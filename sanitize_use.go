@@ -1,9 +1,9 @@
 package main
 
 // This file finds the rules of a ClientCleaner that no sample of a scrape matches: selectors,
-// renames and anonymized labels. Such a rule is often misspelled, and a misspelled anonymized label
-// lets values leave the site readable. Only selectors that no sample has matched yet are evaluated,
-// and the time for that is bounded. Pure: no I/O.
+// renames, removed and anonymized labels. Such a rule is often misspelled, and a misspelled
+// anonymized label lets values leave the site readable. Only selectors that no sample has matched
+// yet are evaluated, and the time for that is bounded. Pure: no I/O.
 
 import (
 	"slices"
@@ -27,7 +27,8 @@ type CleanerUse struct {
 	UnmatchedSelectors []Selector     // subset of Selectors: selectors that matched no sample
 	Unchecked          bool           // checking Selectors was given up because of its cost; UnmatchedSelectors is empty
 	Renamed            map[string]int // number of renamed samples by old name, for every old name of Rename but ALERTS
-	Anonymized         map[string]int // number of samples with the label, for every label of Anonymize that Labels does not replace
+	Anonymized         map[string]int // number of samples with the label, for every label of Anonymize that Labels does not replace and Elide does not remove
+	Elided             map[string]int // number of samples with the label, for every label of Elide that Labels does not replace
 }
 
 // isAlertName reports whether name is a metric that a Prometheus has only while an alert is pending
@@ -39,7 +40,12 @@ func (c *ClientCleaner) Use() CleanerUse {
 	c.prepareUse()
 	use := CleanerUse{
 		Selectors: c.unmatched.all, UnmatchedSelectors: c.unmatched.list(), Unchecked: c.unmatched.budget <= 0,
-		Renamed: map[string]int{}, Anonymized: map[string]int{},
+		Renamed: map[string]int{}, Anonymized: map[string]int{}, Elided: map[string]int{},
+	}
+	for i, name := range c.Elide {
+		if !hasLabel(c.Labels, name) {
+			use.Elided[name] += c.elided[i]
+		}
 	}
 	for old := range c.Rename {
 		if n := c.renamed[old]; n > 0 || !isAlertName(old) {
@@ -47,7 +53,7 @@ func (c *ClientCleaner) Use() CleanerUse {
 		}
 	}
 	for i, name := range c.Anonymize {
-		if !hasLabel(c.Labels, name) {
+		if !hasLabel(c.Labels, name) && !slices.Contains(c.Elide, name) {
 			use.Anonymized[name] += c.anonymized[i]
 		}
 	}
@@ -60,7 +66,7 @@ func (c *ClientCleaner) prepareUse() {
 		return
 	}
 	c.unmatched = newUnmatchedSelectors(c.Match, c.MatchedBySource)
-	c.renamed, c.anonymized, c.hashed = map[string]int{}, make([]int, len(c.Anonymize)), map[string][]byte{}
+	c.renamed, c.anonymized, c.elided, c.hashed = map[string]int{}, make([]int, len(c.Anonymize)), make([]int, len(c.Elide)), map[string][]byte{}
 }
 
 // unmatchedSelectors finds the selectors that match none of the observed series.

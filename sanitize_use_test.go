@@ -88,3 +88,18 @@ func TestCleanerUseIsBounded(t *testing.T) {
 		t.Errorf("after the budget is spent: unchecked %v, unmatched %v; want true and none", use.Unchecked, use.UnmatchedSelectors)
 	}
 }
+
+// Use tells how many samples had each label that is removed. A label that the operator sets counts
+// neither as removed nor as anonymized, and a label that is removed does not count as anonymized,
+// because its original value cannot leave the site.
+func TestCleanerUseOfElidedLabels(t *testing.T) {
+	c := &ClientCleaner{Elide: []string{"replica", "replca", "instance", "region"}, Anonymize: []string{"instance", "job"}, Labels: []Label{{[]byte("region"), []byte("set")}}}
+	c.SetSalt([]byte(cleanerSalt))
+	c.Clean(expoRaw("up", 0, 0, "replica", "a", "instance", "i", "job", "j"))
+	c.Clean(expoRaw("up", 0, 0, "replica", "b", "region", "r"))
+	c.Clean(expoRaw("up", 0, 0, "replica", ""))
+	use := c.Use()
+	if got, want := fmt.Sprint(use.Elided, use.Anonymized), "map[instance:1 replca:0 replica:2] map[job:1]"; got != want {
+		t.Errorf("removed and anonymized %s, want %s", got, want)
+	}
+}
