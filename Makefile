@@ -87,8 +87,8 @@ sockets: ## run gossip on real sockets for seven minutes, and print the table of
 test-integration: telemeter ## test a client and two servers with a real Prometheus as source and sink
 	./test/integration.sh
 
-test-outage: ## test all kinds of outages with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: six minutes
-	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages|Clocks)$$' . -args -outage $(OUTAGE)
+test-outage: ## test all kinds of outages with a real Prometheus (PROMETHEUS): an hour; OUTAGE=short: eight minutes; also with VictoriaMetrics if it is installed, and with Prometheus 3 (PROMETHEUS3)
+	$(GO) test -count=1 -timeout 120m -v -run '^TestOutage(|Drain|Late|Ages|Clocks|Backfill|BackfillReplicas|BackfillHour)$$' . -args -outage $(OUTAGE)
 
 test-upgrade: ## test the upgrade of a ring and a client from the commit FROM, and the way back, with a real Prometheus: a minute; needs the git history
 	$(GO) test -count=1 -timeout 30m -v -run '^TestUpgrade$$' . -args -upgrade $(FROM)

@@ -331,13 +331,17 @@ func outageServer(t *testing.T, args ...string) (dir, internal string, p *outage
 }
 
 // outageMemory returns the resident memory of a process in bytes, or 0 if the system is not Linux.
-func outageMemory(t *testing.T, server *process) int64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", server.cmd.Process.Pid))
+func outageMemory(t *testing.T, server *process) int64 { return statusBytes(server, "VmRSS") }
+
+// statusBytes returns a field of the file status in /proc of a process in bytes, or 0 if the system is
+// not Linux.
+func statusBytes(p *process, field string) int64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	if err != nil {
 		return 0
 	}
 	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+		if rest, ok := strings.CutPrefix(line, field+":"); ok {
 			kb, _ := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
 			return kb << 10
 		}

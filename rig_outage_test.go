@@ -260,12 +260,12 @@ func outageProgram(t *testing.T) string {
 // timeout of its scrapes. window is its out_of_order_time_window; "" means none. jobs are further
 // scrape_configs, each on one line.
 func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration, jobs ...string) *outagePrometheus {
-	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
+	t.Helper()
 	storage := ""
 	if window != "" {
 		storage = "storage: {tsdb: {out_of_order_time_window: " + window + "}}\n"
 	}
-	config := fmt.Sprintf(`global: {scrape_interval: %v, scrape_timeout: %v}
+	return newConfiguredPrometheus(t, consumer, fmt.Sprintf(`global: {scrape_interval: %v, scrape_timeout: %v}
 %sscrape_configs:
 - job_name: federate
   metrics_path: /federate
@@ -273,7 +273,14 @@ func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout 
   params: {consumer: [%s]}
   static_configs: [{targets: ['%s']}]
 %s
-`, timeout, timeout, storage, consumer, target, strings.Join(jobs, "\n"))
+`, timeout, timeout, storage, consumer, target, strings.Join(jobs, "\n")))
+}
+
+// newConfiguredPrometheus does the same for a Prometheus with any configuration. The name consumer
+// tells it apart in the log of the test.
+func newConfiguredPrometheus(t *testing.T, consumer, config string) *outagePrometheus {
+	t.Helper()
+	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
 	if err := os.WriteFile(filepath.Join(p.dir, "prometheus.yml"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
