@@ -212,7 +212,7 @@ func (p *clientProcess) run(ctx context.Context, stdout, stderr io.Writer) error
 		return err
 	}
 	if p.dryRun {
-		limited, cancel := context.WithTimeout(ctx, p.interval)
+		limited, cancel := context.WithTimeout(ctx, p.interval+p.dryBackfill)
 		defer cancel()
 		return p.client.DryRun(limited, p.dryBackfill, stdout, stderr)
 	}
