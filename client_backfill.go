@@ -56,6 +56,7 @@ type backfiller struct {
 
 	mu       sync.Mutex // guards the fields below
 	failure  string     // of the last slice; "" if it was fetched
+	outage   gap        // from the last scrape before the gaps to the first one after them; zero if there are none
 	progress scrapeProgress
 	clock    Scrape // At, SourceTime, Shift and Corrected of the newest scrape
 
@@ -77,7 +78,7 @@ func newBackfiller(c *Client, maxAge time.Duration, progress scrapeProgress) *ba
 	for _, result := range []string{"ok", "failed"} {
 		b.requests.Add(0, result)
 	}
-	pending := m.Gauge("telemeter_backfill_pending_seconds", "Time whose scrapes are missing and can still be fetched from the source.")
+	pending := m.Gauge("telemeter_backfill_pending_seconds", "Time whose samples are still to be fetched from the source, because scrapes are missing.")
 	m.OnCollect(func() { pending.Set(b.pending().Seconds()) })
 	return b
 }
@@ -125,6 +126,12 @@ func (b *backfiller) scraped(got *CleanedScrape) {
 	}
 	b.mu.Lock()
 	progress, expired := b.progress.scraped(got.SourceTime, cmp.Or(got.Newest, got.SourceTime), sourceID(b.c.sources.inUse().url), b.rules)
+	if len(progress.Gaps) > 0 && b.outage.To == 0 {
+		b.outage = gap{b.progress.Last, got.SourceTime}
+		if len(b.progress.Gaps) > 0 { // of an earlier process
+			b.outage.From = b.progress.Gaps[0].From
+		}
+	}
 	b.progress, b.clock = progress, got.Pieces[0]
 	b.clock.Gzip = nil
 	b.mu.Unlock()
@@ -174,7 +181,7 @@ func (b *backfiller) run(ctx context.Context) {
 			}
 			continue
 		}
-		b.logProgress(slice)
+		b.logProgress()
 		wait := b.fill(ctx, slice)
 		changed, alive := Sleep(ctx, wait, b.sourceChanged)
 		if !alive {
@@ -294,19 +301,22 @@ type backfillLog struct {
 }
 
 // logProgress logs that filling has begun, and then how far it is, at most once in
-// backfillLogInterval. next is the oldest slice that is missing.
-func (b *backfiller) logProgress(next gap) {
-	now, since := b.c.cfg.Now(), time.UnixMilli(next.From).UTC()
+// backfillLogInterval.
+func (b *backfiller) logProgress() {
+	now := b.c.cfg.Now()
 	if now.Sub(b.log.last) < backfillLogInterval {
 		return
 	}
 	b.log.last = now
 	if b.log.begin.IsZero() {
 		b.log.begin = now
-		b.c.cfg.Log.Info("scrapes are missing; their samples are fetched from the source", "missing", b.pending(), "since", since)
+		b.mu.Lock()
+		outage := b.outage
+		b.mu.Unlock()
+		b.c.cfg.Log.Info("scrapes are missing; their samples are fetched from the source", "missing", outage.length(), "since", time.UnixMilli(outage.From).UTC())
 		return
 	}
-	b.c.cfg.Log.Info("fetching the samples of missing scrapes from the source", "missing", b.pending(), "since", since, "samples", b.log.samples)
+	b.c.cfg.Log.Info("fetching the samples of missing scrapes from the source", "left", b.pending(), "samples", b.log.samples)
 }
 
 // logEnd logs the end of filling, unless it ended because what was missing has become too old.
@@ -318,7 +328,9 @@ func (b *backfiller) logEnd() {
 		b.c.cfg.Log.Info("the samples of missing scrapes are fetched", "samples", b.log.samples, "took", b.c.cfg.Now().Sub(b.log.begin).Round(time.Millisecond))
 	}
 	b.log = backfillLog{}
-	b.setFailure("")
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.failure, b.outage = "", gap{}
 }
 
 // logFailure logs a failed request, unless one like it was logged since filling began. It returns how

@@ -163,7 +163,7 @@ func TestBackfill(t *testing.T) {
 				if n := len(times); n > 15*6+5 {
 					t.Errorf("up has %d samples, more than a scrape every ten seconds gives", n)
 				}
-				if strings.Count(r.log.String(), "samples of missing scrapes are fetched") != 1 || strings.Contains(r.log.String(), "level=WARN") {
+				if strings.Count(r.log.String(), "their samples are fetched from the source\" missing=10m") != 1 || strings.Count(r.log.String(), "the samples of missing scrapes are fetched") != 1 || strings.Contains(r.log.String(), "level=WARN") {
 					t.Errorf("the log is %s", r.log.String())
 				}
 			})

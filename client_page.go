@@ -46,11 +46,12 @@ func sourceSection(st *ClientStatus) Section {
 		facts = append(facts, Fact{"Replicas", Cell{Text: strings.Join(src.Others, " ")}})
 	}
 	if src.Missing > 0 {
-		missing := Plain("the scrapes of %s; their samples are fetched", FormatAge(time.Duration(src.Missing*float64(time.Second))))
+		text := "samples of " + FormatAge(time.Duration(src.Missing*float64(time.Second)))
+		missing := Plain("%s are still to be fetched", text)
 		if src.MissingError != "" {
-			missing = Bad("the scrapes of " + FormatAge(time.Duration(src.Missing*float64(time.Second))) + "; their samples cannot be fetched: " + src.MissingError)
+			missing = Bad(text + " cannot be fetched: " + src.MissingError)
 		}
-		facts = append(facts, Fact{"Missing", missing})
+		facts = append(facts, Fact{"Missing scrapes", missing})
 	}
 	facts = append(facts, failingFact(src.FailingSince, src.Error, st.Now)...)
 	if src.OffsetSeconds != 0 {

@@ -38,7 +38,7 @@ type SourceStatus struct {
 	Seconds       float64    `json:"seconds"`               // that it took
 	FailingSince  *time.Time `json:"failing_since,omitempty"`
 	Error         string     `json:"error,omitempty"`
-	Missing       float64    `json:"missing_seconds"`         // time whose scrapes are missing and can still be fetched
+	Missing       float64    `json:"missing_seconds"`         // time whose samples are still to be fetched
 	MissingError  string     `json:"missing_error,omitempty"` // why they could not be fetched at the last attempt
 	OffsetSeconds float64    `json:"clock_offset_seconds"`    // how far the source's clock is behind the servers' clocks; 0 if unknown
 
