@@ -23,13 +23,15 @@ func (b *backfiller) fetch(ctx context.Context, slice gap) (filledSlice, error) 
 	piece.At.Wall, piece.At.Boot = max(0, piece.At.Wall-1), max(0, piece.At.Boot-1)
 	w := newPieceWriter(piece, min(b.c.cfg.LimitBytes, MaxPiece))
 	step := b.c.cfg.ScrapeInterval.Milliseconds()
-	f := sliceWriter{w: w, cleaner: api.st.NewCleaner(), step: step, hasSamples: make([]bool, (slice.To-slice.From+step-1)/step)}
+	f := sliceWriter{w: w, cleaner: api.st.NewCleaner(), step: step, skew: api.src.skew.Load(), hasSamples: make([]bool, (slice.To-slice.From+step-1)/step)}
 	if err := b.fetchFrom(ctx, api, slice, &f); err != nil {
 		return filledSlice{}, err
 	}
 	b.perMs = float64(f.raw) / float64(slice.To-slice.From)
 	if len(b.c.sources.all) > 1 {
-		for _, hole := range f.holes(slice) {
+		holes := f.holes(slice)
+		f.hasSamples = nil
+		for _, hole := range holes {
 			b.fetchHole(ctx, api, hole, &f)
 		}
 	}
@@ -60,7 +62,7 @@ func (b *backfiller) fetchFrom(ctx context.Context, api sourceAPI, span gap, f *
 		b.external[api.src] = external
 	}
 	f.span, f.external = span, labelList(b.external[api.src])
-	f.ahead = api.src.skew.Load() - b.c.sources.inUse().skew.Load()
+	f.ahead = api.src.skew.Load() - f.skew
 	for i, m := range selectors {
 		f.before = selectors[:i]
 		if err := api.query(ctx, fmt.Sprintf("%s[%dms]", m, span.To-span.From), span.To+f.ahead, f.add); err != nil {
@@ -95,11 +97,12 @@ type sliceWriter struct {
 	span     gap       // only samples in it are written
 	step     int64     // ms of a scrape interval
 	external []Label   // labels that /federate adds
-	ahead    int64     // ms by which the clock of the source is ahead of that of the source in use
+	skew     int64     // of the source in use, by whose clock spans are
+	ahead    int64     // ms by which the clock of the source of the span is ahead of that of the source in use
 	one      SampleList
 	raw      int // samples of the source in the spans
 
-	hasSamples []bool // by number of the interval in the slice, which is the first span
+	hasSamples []bool // by number of the interval in the slice, which is the first span; nil for later spans
 }
 
 // add writes the newest sample of a series in each interval of the span. As in /federate, a series

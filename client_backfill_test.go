@@ -243,7 +243,7 @@ func TestBackfillRetries(t *testing.T) {
 	}
 }
 
-// What is older than --backfill is not fetched.
+// Samples that are older than --backfill are not fetched.
 func TestBackfillIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newFillRig(t, fillSeries[0])
@@ -446,7 +446,7 @@ func TestBackfillGrowsAgain(t *testing.T) {
 	})
 }
 
-// What becomes too old while the source answers no queries is not said to be fetched.
+// Gaps that become too old while the source answers no queries are not said to be filled.
 func TestBackfillExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newFillRig(t, fillSeries[0])

@@ -94,12 +94,7 @@ func NewPusher(cfg PusherConfig) *Pusher {
 }
 
 // RetryNow makes the next attempt begin at once if DrainSpool pauses because of a failure.
-func (p *Pusher) RetryNow() {
-	select {
-	case p.retryNow <- struct{}{}:
-	default:
-	}
-}
+func (p *Pusher) RetryNow() { notify(p.retryNow) }
 
 // countFailure counts an attempt to push that failed with err.
 func (p *Pusher) countFailure(err error) {

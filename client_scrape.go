@@ -152,7 +152,7 @@ func checkSourceRedirect(next *http.Request, via []*http.Request) error {
 		return fmt.Errorf("the source redirects to another port, %.300s: %s", &to, advice)
 	case first.Query().Get("query") != next.URL.Query().Get("query"), first.Query().Get("time") != next.URL.Query().Get("time"):
 		return fmt.Errorf("the source redirects to %.300s without the query of the request: pass the URL of its /federate as --from", &to)
-	case first.Query().Has("match[]") && (!slices.Equal(first.Query()["match[]"], next.URL.Query()["match[]"]) || !strings.HasSuffix(to.Path, "/federate")):
+	case first.Query().Has("match[]") && (!slices.Equal(first.Query()["match[]"], next.URL.Query()["match[]"]) || !IsFederate(&to)):
 		return fmt.Errorf("the source redirects to %.300s without the series selectors of the request: pass the URL of its /federate as --from", &to)
 	case len(via) > maxRedirects:
 		return fmt.Errorf("the source redirects more than %d times, at last to %.300s: %s", maxRedirects, &to, advice)

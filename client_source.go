@@ -128,7 +128,8 @@ func (s *sources) setGiven(got *CleanedScrape) (aheadMs int64, isStranger bool) 
 func (s *sources) inUse() *source { return s.all[s.current.Load()] }
 
 // scrapeAny scrapes the source in use. If that fails or gives no samples, or if its samples lag, it
-// scrapes the others. The error has the failures of all sources.
+// scrapes the others. The error has the failures of all sources. The spool must be open, because the
+// backfiller hears of a change.
 func (c *Client) scrapeAny(ctx context.Context) (*CleanedScrape, error) {
 	var failures []error
 	var empty *CleanedScrape // of the source in use, which answered without samples
@@ -172,7 +173,7 @@ func (c *Client) give(got *CleanedScrape) {
 	if isStranger {
 		c.cfg.Log.Warn("no series of the source is one of the previous source, so consumers see all series twice: pass the external label that tells the replicas apart as --elide-label")
 	}
-	if c.backfiller != nil && max(ahead, -ahead) > skewTolerance.Milliseconds() {
+	if max(ahead, -ahead) > skewTolerance.Milliseconds() {
 		c.backfiller.clockChanged(ahead)
 	}
 }
@@ -234,8 +235,6 @@ func (c *Client) useSource(at int, reason string) {
 		c.sources.current.Store(int32(at))
 		c.sourceChanges.Inc()
 		c.sources.lagsSince = time.Time{}
-		if c.backfiller != nil {
-			notify(c.backfiller.sourceChanged)
-		}
+		notify(c.backfiller.sourceChanged)
 	}
 }

@@ -184,7 +184,8 @@ func TestReplicasDiffer(t *testing.T) {
 	}
 }
 
-// What one replica cannot be asked for is fetched from the next one as soon as that one is in use.
+// If a replica answers no queries, its gaps are filled from the next replica as soon as the client uses
+// that one.
 func TestReplicaWithoutAPI(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, a, _ := newReplicaRig(t)

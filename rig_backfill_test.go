@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -171,26 +170,12 @@ func seriesText(labels map[string]string) string {
 // readSeries returns the samples of a range selector. The function relabel changes the labels of each
 // series. twice counts the additional samples with the same series and time.
 func readSeries(addr, selector string, relabel func(map[string]string)) (got backfillSeries, twice int, err error) {
-	at := strconv.FormatInt(time.Now().Add(time.Minute).Unix(), 10)
-	resp, err := http.Get("http://" + addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(selector))
+	results, err := queryPrometheus(addr, selector)
 	if err != nil {
 		return nil, 0, err
 	}
-	defer resp.Body.Close()
-	var answer struct {
-		Status string
-		Data   struct {
-			Result []struct {
-				Metric map[string]string
-				Values [][2]any
-			}
-		}
-	}
-	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
-		return nil, 0, fmt.Errorf("query %s: status %s, %v", selector, resp.Status, err)
-	}
 	got = backfillSeries{}
-	for _, r := range answer.Data.Result {
+	for _, r := range results {
 		relabel(r.Metric)
 		key := seriesText(r.Metric)
 		if got[key] == nil {

@@ -328,31 +328,43 @@ func (p *outagePrometheus) stop(sig syscall.Signal) {
 	p.cmd = nil
 }
 
-// query runs a PromQL query. got maps the value of the label, and then the time in ms since the
-// epoch, to the value of the sample. twice is the number of additional samples that have the same
-// label value and time as another sample.
-func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64]float64, twice int, err error) {
+// promResult is one series of an answer of the query API. Values are of a range selector, Value is of
+// an instant selector; each is a time in seconds and the text of a value.
+type promResult struct {
+	Metric map[string]string
+	Values [][2]any
+	Value  [2]any
+}
+
+// queryPrometheus runs a PromQL query a minute ahead of now, so that no sample is too new for it. It
+// decodes the answer without the code of the client, which the tests check.
+func queryPrometheus(addr, promql string) ([]promResult, error) {
 	at := strconv.FormatInt(time.Now().Add(time.Minute).Unix(), 10)
-	resp, err := http.Get("http://" + p.addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(promql))
+	resp, err := http.Get("http://" + addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(promql))
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	defer resp.Body.Close()
 	var answer struct {
 		Status string
-		Data   struct {
-			Result []struct {
-				Metric map[string]string
-				Values [][2]any
-				Value  [2]any
-			}
-		}
+		Data   struct{ Result []promResult }
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
-		return nil, 0, fmt.Errorf("query %s: status %s, %v", promql, resp.Status, err)
+		return nil, fmt.Errorf("query %s: status %s, %v", promql, resp.Status, err)
+	}
+	return answer.Data.Result, nil
+}
+
+// query runs a PromQL query. got maps the value of the label, and then the time in ms since the
+// epoch, to the value of the sample. twice is the number of additional samples that have the same
+// label value and time as another sample.
+func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64]float64, twice int, err error) {
+	results, err := queryPrometheus(p.addr, promql)
+	if err != nil {
+		return nil, 0, err
 	}
 	got = map[string]map[int64]float64{}
-	for _, r := range answer.Data.Result {
+	for _, r := range results {
 		series := got[r.Metric[label]]
 		if series == nil {
 			series = map[int64]float64{}
